@@ -9,6 +9,7 @@ from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.json_object import JsonObject
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop
+from oar_scale.training.process import TrainingProcess
 
 
 class CheckpointCallback(Callback):
@@ -18,8 +19,8 @@ class CheckpointCallback(Callback):
         collect: what a checkpoint keeps besides the engine.
     """
 
-    def __init__(self, job: TrainingJob, engine: DeepSpeedEngine, collect: Callable[[Loop], JsonObject]) -> None:
-        self._saver, self._engine, self._collect = Saver(job), engine, collect
+    def __init__(self, job: TrainingJob, process: TrainingProcess, engine: DeepSpeedEngine, collect: Callable[[Loop], JsonObject]) -> None:
+        self._saver, self._engine, self._collect = Saver(job, process.heartbeat), engine, collect
 
     def after_step(self, loop: Loop) -> None:
         """Save where it is due; report what became of the saves before."""

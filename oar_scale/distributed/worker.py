@@ -101,7 +101,7 @@ def _attempt(
             heldout = HeldoutImages(job, prompts, process)
             stream = job_stream(job, prompts, process.rank, process.world, version, cuts)
         stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
-        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful, version, cuts))
+        checkpoints = CheckpointCallback(job, process, engine, lambda loop: _state(loop, stateful, version, cuts))
         # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.
         callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpoints]
         if job.profile_steps:

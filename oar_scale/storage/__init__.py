@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import IO, Protocol
@@ -72,8 +73,12 @@ class Storage(Protocol):
     def download(self, uri: str, path: str) -> None:
         """Copy the object to the local file ``path`` (atomic there). Raises ``Missing``."""
 
-    def upload(self, path: str, uri: str) -> None:
-        """Copy the local file ``path`` to ``uri`` (atomic there). Raises ``Missing`` when there is no such file."""
+    def upload(self, path: str, uri: str, moved: Callable[[int], object] | None = None) -> None:
+        """Copy the local file ``path`` to ``uri`` (atomic there). Raises ``Missing`` when there is no such file.
+
+        Args:
+            moved: called now and then with the bytes that went since, perhaps by other threads; a negative number where some go again.
+        """
 
     def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> AbstractContextManager[IO[bytes]]:
         """A seekable file to fill; its content is at ``uri`` (atomic) when the block ends without an error.

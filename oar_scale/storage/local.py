@@ -9,9 +9,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, BinaryIO
 
@@ -58,9 +57,9 @@ class LocalStorage:
         """Copy a file to ``path``; both are on the local file system."""
         self._copy(uri, path)
 
-    def upload(self, path: str, uri: str) -> None:
+    def upload(self, path: str, uri: str, moved: Callable[[int], object] | None = None) -> None:
         """Copy the file ``path`` to ``uri``; both are on the local file system."""
-        self._copy(path, uri)
+        self._copy(path, uri, moved)
 
     @contextmanager
     def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> Iterator[IO[bytes]]:
@@ -128,9 +127,12 @@ class LocalStorage:
             return False
 
     @staticmethod
-    def _copy(source: str, target: str) -> None:
+    def _copy(source: str, target: str, moved: Callable[[int], object] | None = None) -> None:
         with _explained(source), open(source, "rb") as reader, _explained(target), atomic_file(target) as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            while chunk := reader.read(1 << 20):
+                writer.write(chunk)
+                if moved is not None:
+                    moved(len(chunk))
 
 
 class _Taken(Exception):

@@ -73,9 +73,9 @@ class PatientStorage:
         """Copy an object to a local file. Raises Missing."""
         retry_transient(lambda: self._storage.download(uri, path), self._patience_s)
 
-    def upload(self, path: str, uri: str) -> None:
+    def upload(self, path: str, uri: str, moved: Callable[[int], object] | None = None) -> None:
         """Copy a local file to an object. Raises Missing."""
-        retry_transient(lambda: self._storage.upload(path, uri), self._patience_s)
+        retry_transient(lambda: self._storage.upload(path, uri, moved), self._patience_s)
 
     def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> AbstractContextManager[IO[bytes]]:
         """A seekable file to fill; sending it is repeated."""

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO
@@ -92,14 +92,14 @@ class S3Storage:
             ) from error
 
     @with_fresh_credentials
-    def upload(self, path: str, uri: str) -> None:
+    def upload(self, path: str, uri: str, moved: Callable[[int], object] | None = None) -> None:
         """Upload the local file ``path``, in several parts where it is large. Raises Missing where there is no such file."""
         bucket, key = split(uri)
         if not os.path.isfile(path):
             raise Missing(path)
         with explained(uri):
             _require_bucket(client(), bucket)
-            client().upload_file(path, bucket, key, Config=_TRANSFER)
+            client().upload_file(path, bucket, key, Config=_TRANSFER, Callback=moved)
 
     @contextmanager
     def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> Iterator[IO[bytes]]:

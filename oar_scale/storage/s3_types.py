@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import IO, Protocol, TypedDict, Unpack
 
@@ -146,7 +146,9 @@ class S3Client(Protocol):
     def upload_fileobj(self, Fileobj: IO[bytes], Bucket: str, Key: str, *, Config: TransferConfig) -> None:
         """Write an object from a file that is open for reading, in parts."""
 
-    def upload_file(self, Filename: str, Bucket: str, Key: str, *, Config: TransferConfig) -> None:
+    def upload_file(
+        self, Filename: str, Bucket: str, Key: str, *, Config: TransferConfig, Callback: Callable[[int], object] | None
+    ) -> None:
         """Write an object from a local file, in parts."""
 
     def copy(self, CopySource: CopySource, Bucket: str, Key: str, *, Config: TransferConfig) -> None:

@@ -122,9 +122,9 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         return saved
 
-    def delivering(path: str, uri: str) -> None:
+    def delivering(*arguments: Any) -> None:
         at("deliver")
-        deliver(path, uri)
+        deliver(*arguments)
 
     def committing(*arguments: Any) -> None:
         at("commit")

@@ -80,6 +80,41 @@ def test_a_full_disk_of_one_rank_costs_only_that_checkpoint(job: TrainingJob, tm
     assert os.listdir(here.scratch) == []
 
 
+def save_slowly(job: TrainingJob, out: str) -> None:
+    """Saves, the first of which has a rank whose files move slowly, the second one whose file does not move; rank 0 has no such file."""
+    from oar_scale.distributed.checkpoints import saver
+
+    deliver, beats, steady = saver._deliver, [], [True, False]
+
+    def slow(path: str, uri: str, moved: Callable[[int], object]) -> None:
+        if os.environ["RANK"] == "1":
+            moving = steady.pop(0) if steady else None
+            for _ in range(20 if moving is not None else 0):
+                time.sleep(0.2)
+                if moving:
+                    moved(1)
+        deliver(path, uri, moved)
+
+    saver._deliver, saver._LOOK_S = slow, 0.3
+    with training(job, 6) as trainer:
+        train, counts = trainer(job), []
+        ours = Saver(job, beats.append)
+        for step in range(1, 4):
+            before = len(beats)
+            ours.save(train.engine, step, {})
+            counts.append(len(beats) - before)
+        note(out, "beats", counts)
+        note(out, "faults", [vars(outcome)["fault"] for outcome in ours.finish(60)])
+
+
+def test_workers_that_wait_for_an_upload_do_not_hang_while_it_moves(job: TrainingJob, tmp_path: Path) -> None:
+    """Whichever worker it is of: the others have nothing to do meanwhile, and would be ended after parallel.hang_timeout_s."""
+    run_workers(save_slowly, 2, replace(job, root=rooted(job, "slow"), local=str(tmp_path / "local")), str(tmp_path))
+    none, moving, still = noted(str(tmp_path), "beats")
+    assert none == 0 and moving >= 5 and 1 <= still <= 3, (none, moving, still)
+    assert noted(str(tmp_path), "faults") == [None, None, None]
+
+
 def save_while_s3_is_down(job: TrainingJob, out: str) -> None:
     server = os.environ["AWS_ENDPOINT_URL"]
     with training(job, 6) as trainer, socket.socket() as taken:

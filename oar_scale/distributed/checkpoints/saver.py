@@ -5,7 +5,7 @@
 
 Every rank has an upload thread; they communicate over a process group of their own. If one rank fails, the whole attempt is abandoned: its
 files are removed, the outcome says why, and training continues. The next save waits for the thread: an upload that has failed before is
-not retried then, one that makes progress may finish.
+not retried then, one that makes progress may finish, which is progress of the workers too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from oar_scale.distributed.checkpoints import layout
@@ -45,6 +46,8 @@ BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 LIBRARIES = ("oar_scale", "torch", "deepspeed", "numpy")
 _LONGEST = timedelta(days=1)  # ranks wait for the slowest upload; a dead peer ends the wait at once
 _POLL_S = 0.02
+_LOOK_S = 1.0
+"""How often ranks that wait for an upload tell one another how far it is."""
 _log = logging.getLogger(__name__)
 
 
@@ -86,17 +89,22 @@ class Saver:
 
     Args:
         job: the stage whose checkpoints are saved.
+        heartbeat: called with what comes next while the next save waits for an upload that makes progress.
         patience_s: how long a failing upload is retried.
     """
 
-    def __init__(self, job: TrainingJob, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, job: TrainingJob, heartbeat: Callable[[str], object] = lambda doing: None, *, patience_s: float = PATIENCE_S
+    ) -> None:
         global _last
         if _last is not None:
             _last._finish_upload()  # after a roll-back, the save of the attempt before could otherwise commit during ours
         _last = self
-        self._job, self._patience_s = job, patience_s
+        self._job, self._heartbeat, self._patience_s = job, heartbeat, patience_s
         self._rank = dist.get_rank()
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_LONGEST))  # every rank is in it
+        self._waiting = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_LONGEST))  # of the main threads
+        self._moved = 0
         self._metadata: JsonObject = {}
         if self._rank == 0:
             self._metadata = {"stage": job.stage, "identity": job.identity, "libraries": {name: version(name) for name in LIBRARIES}}
@@ -158,10 +166,24 @@ class Saver:
         return self.outcomes()
 
     def _finish_upload(self) -> None:
-        """Wait for the upload thread; uploads that have failed before are not retried meanwhile."""
-        if self._thread is not None:
-            self._hurry.set()
-            self._thread.join()
+        """Wait for the upload thread; uploads that have failed before are not retried meanwhile. Collective.
+
+        While the files of one rank move, none of them hangs: those that are done wait for it.
+        """
+        if self._thread is None:
+            return
+        self._hurry.set()
+        last = -1
+        while True:
+            self._thread.join(_LOOK_S)
+            numbers = torch.tensor([self._thread.is_alive(), self._moved])
+            dist.all_reduce(numbers, group=self._waiting)
+            running, moved = numbers.tolist()
+            if not running:
+                return
+            if moved != last:
+                last = moved
+                self._heartbeat("the upload of the checkpoint before")
 
     def _broadcast(self, value: T) -> T:
         """The value of rank 0. Collective."""
@@ -244,10 +266,14 @@ class Saver:
         """Upload this rank's files; returns why one could not be uploaded, or None."""
         for name in save.files:
             path, target = os.path.join(save.scratch.path, save.name, name), join(uri, save.name, name)
-            fault = self._retry(partial(_deliver, path, target))
+            fault = self._retry(partial(_deliver, path, target, self._count))
             if fault is not None:
                 return fault
+            self._count(0)  # the whole of a file that only got another name
         return None
+
+    def _count(self, moved: int) -> None:
+        self._moved += 1  # whichever way: bytes that have to go again are no standstill
 
     def _retry(self, action: Callable[[], object]) -> str | None:
         """Call ``action`` until it succeeds; returns None, or the last error if that takes too long or the next save is about to start."""
@@ -306,7 +332,7 @@ def _first(faults: Iterable[str | None]) -> str | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _deliver(path: str, uri: str) -> None:
+def _deliver(path: str, uri: str, moved: Callable[[int], object]) -> None:
     """Upload a file to S3, copy it to another disk, or rename it where it is on the same one."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())  # a disk that cannot keep the bytes reports it here
@@ -315,4 +341,4 @@ def _deliver(path: str, uri: str) -> None:
         if os.stat(path).st_dev == os.stat(os.path.dirname(uri)).st_dev:
             os.replace(path, uri)
             return
-    open_storage(uri).upload(path, uri)
+    open_storage(uri).upload(path, uri, moved)
