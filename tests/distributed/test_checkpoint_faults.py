@@ -409,7 +409,7 @@ def test_an_interrupted_download_needs_no_room_twice(tmp_path: Path, monkeypatch
     files = {name: {"bytes": size, "crc32c": 0} for name in ("a", "b")}
     checkpoint = Checkpoint("s3://b/step-00000100", "20261123T085016Z-3f9a2c1b", {"files": files})
 
-    def download(checkpoint: Checkpoint, name: str, path: str) -> None:
+    def download(checkpoint: Checkpoint, name: str, path: str, *_: object) -> None:
         calls.append(name)
         if calls == ["a", "b"]:
             raise Unreachable("s3://b: no connection")
@@ -425,6 +425,18 @@ def test_an_interrupted_download_needs_no_room_twice(tmp_path: Path, monkeypatch
     assert calls == ["a", "b", "a", "b"]
 
 
+def test_a_disk_that_is_too_small_for_a_copy_is_named_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands about checkpoints read no recipe: what a training sets in it would not help them."""
+    files = {"mp_rank_00_model_states.pt": {"bytes": 10, "crc32c": 0}}
+    checkpoint = Checkpoint("s3://b/step-00000100", "20261123T085016Z-3f9a2c1b", {"files": files})
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    monkeypatch.setattr(fetch, "read_checkpoint", lambda uri: checkpoint)
+    with pytest.raises(UserError, match=r"1 are free\..*storage\.scratch_dir"):
+        fetch.obtain(checkpoint, files, str(tmp_path))
+    with pytest.raises(UserError, match=r"1 are free\. Free some, or set the environment variable TMPDIR to another disk\."):
+        fetch.local_checkpoint(checkpoint.uri).__enter__()
+
+
 def test_a_rejected_checkpoint_leaves_its_room_to_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk holds one; the last file of the newer one is damaged."""
     size, disk = 4 << 20, 10 << 20
@@ -435,7 +447,7 @@ def test_a_rejected_checkpoint_leaves_its_room_to_the_one_before(tmp_path: Path,
     )
     calls: list[str] = []
 
-    def download(checkpoint: Checkpoint, name: str, path: str) -> None:
+    def download(checkpoint: Checkpoint, name: str, path: str, *_: object) -> None:
         calls.append(path)
         Path(path).write_bytes(os.urandom(size))
         if len(calls) == 2:

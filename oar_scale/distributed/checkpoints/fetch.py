@@ -33,8 +33,11 @@ def local_folder(checkpoint: Checkpoint, scratch: str) -> str:
     return os.path.join(scratch, checkpoint.save) if checkpoint.uri.startswith("s3://") else checkpoint.folder
 
 
-def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
+def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str, setting: str = "storage.scratch_dir") -> None:
     """Bring files of a checkpoint to ``local_folder(checkpoint, scratch)`` and verify each of them.
+
+    Args:
+        setting: what the user sets to have ``scratch`` elsewhere, for errors.
 
     Raises:
         DamagedCheckpoint: names a file that is missing or differs from the manifest.
@@ -50,20 +53,20 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
             load_shard(os.path.join(folder, name), "meta")
         return
     if foreign := foreign_part(folder):
-        raise UserError(f"{foreign}: was made by another user. Set storage.scratch_dir to a folder of your own.")
+        raise UserError(f"{foreign}: was made by another user. Set {setting} to a folder of your own.")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}. Set storage.scratch_dir to a folder that can be written.") from error
+        raise UserError(f"{folder}: {error.strerror}. Set {setting} to a folder that can be written.") from error
     # An attempt before this one, which the storage has interrupted, has left parts of the files here: they are written over.
     needed = sum(max(0, checkpoint.files[name]["bytes"] - _held(os.path.join(folder, name))) for name in names)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: {needed} bytes of {checkpoint.uri} are needed here, {free} are free. Free some, or set storage.scratch_dir."
+            f"{folder}: {needed} bytes of {checkpoint.uri} are needed here, {free} are free. Free some, or set {setting} to another disk."
         )
     for name in names:
-        _download(checkpoint, name, os.path.join(folder, name))
+        _download(checkpoint, name, os.path.join(folder, name), setting)
         load_shard(os.path.join(folder, name), "meta")
 
 
@@ -96,7 +99,7 @@ def local_checkpoint(uri: str) -> Iterator[tuple[Checkpoint, str]]:
         try:
             checkpoint = read_checkpoint(uri)
             require_fields(checkpoint, "files")
-            obtain(checkpoint, checkpoint.files, scratch)
+            obtain(checkpoint, checkpoint.files, scratch, "the environment variable TMPDIR")
             require_fields(checkpoint)
         except DamagedCheckpoint as error:
             raise UserError(f"{uri}: {error}. Use another checkpoint.") from error
@@ -158,7 +161,7 @@ class _Object(io.RawIOBase):
         return len(data)
 
 
-def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
+def _download(checkpoint: Checkpoint, name: str, path: str, setting: str) -> None:
     from oar_scale.storage.cache_folder import DamagedObject, Part
     from oar_scale.storage.remote import Landing
     from oar_scale.storage.schemes import remote_objects_of, scheme_of
@@ -169,7 +172,7 @@ def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
         try:
             crc = remote_objects_of(scheme_of(uri)).download(uri, "", landing, lambda took: None)
             if landing.problem is not None:
-                raise UserError(f"{path}: {landing.problem.strerror}. Free some space, or set storage.scratch_dir to another disk.")
+                raise UserError(f"{path}: {landing.problem.strerror}. Free some space, or set {setting} to another disk.")
             _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), crc)
             return
         except Missing:
