@@ -74,7 +74,10 @@ def next_attempt(folder: str, stage: str, root: str) -> int:
     except Exception as error:  # the run can do without a copy of its events
         why = str(error) or type(error).__name__
         log.warning("%s: attempt %d of %s could not be claimed (%s); its copy waits until it can", root, number, stage, why)
-    _write_note(folder, stage, number, {"token": token, "copied": 0})
+    try:
+        _write_note(folder, stage, number, {"token": token, "copied": 0})
+    except OSError as error:  # as of a full disk, on which the run goes on
+        log.warning("%s: %s; attempt %d of %s is not copied to %s", folder, error.strerror, number, stage, root)
     return number
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,20 @@ QUICK = 0.1
 def _time_for_a_slow_server(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((mirror, "CLAIM_S"), (mirror, "FLUSH_S"), (watch, "LAST_PULL_S")):
         monkeypatch.setattr(module, name, 600.0)
+
+
+def test_an_attempt_begins_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The driver, too, records that workers have died, and must get to start others."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mirror, "_claim_next", lambda root, stage, number, token: number)
+    monkeypatch.setattr(mirror, "_write_note", full)
+    with open_log(str(tmp_path), "pretrain", "s3://bucket/run", QUICK) as log:
+        log.emit("start", start_step=0)
+    assert [event["kind"] for event in read_events(str(tmp_path), "pretrain")] == ["start"]
+    assert "attempt 0 of pretrain is not copied to s3://bucket/run" in caplog.text
 
 
 @pytest.fixture
