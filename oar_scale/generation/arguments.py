@@ -71,6 +71,8 @@ def image_numbers(given: Sequence[int] | None, count: int, name: str, most: int 
     """A number for each picture, 0, 1, 2 ... where none are given. Raises UserError for another count, or what is no number."""
     if given is None:
         return np.arange(count)
+    if not hasattr(given, "__iter__"):
+        raise UserError(f"{name} {shown(given)}: a list with a whole number for each picture is wanted")
     numbers = [whole_number(each, f"{name}: the number") for each in given]
     if len(numbers) != count:
         raise UserError(f"{name} has {len(numbers)} of them for {count} pictures")

@@ -92,6 +92,7 @@ def test_settings_of_no_use_are_refused_everywhere(method: str, options: dict[st
         ([-1], "-1 must lie between 0 and"),
         ([1 << 63], "9223372036854775808 must lie between 0 and"),
         (["a"], "the number 'a' must be a whole number"),
+        (5, "5: a list with a whole number for each picture is wanted"),
     ],
 )
 def test_numbers_of_no_use_are_refused_everywhere(method: str, numbers: Any, complaint: str) -> None:
