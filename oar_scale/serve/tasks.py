@@ -114,7 +114,7 @@ class Planner:
         elif wanted == "features" and not isinstance(asked, list):
             raise bad_request("prompt must be the features of a caption, a list of numbers for each of its rows", "prompt")
         try:
-            prompt = np.asarray(asked, dtype=np.float32) if isinstance(asked, list) else asked
+            prompt = np.asarray(asked) if isinstance(asked, list) else asked
             return prompt, self.drawer.encode([prompt])
         except UserError as error:
             raise bad_request(f"prompt: {error}", "prompt") from error

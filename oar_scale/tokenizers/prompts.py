@@ -91,22 +91,37 @@ class FeatureReader:
         """The text tower that computed the features, and the hash of its weights; None where the shards do not contain it."""
 
     def check(self, prompt: Prompt) -> None:
-        """Raise UserError for features with more rows, another width or of another type, and for captions."""
-        shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
-        if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
-            given = f"the caption {shown(prompt)}" if isinstance(prompt, str) else f"features {shape}"
-            raise UserError(
-                f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width), got {given}"
-            )
+        """Raise UserError for features with more rows, another width, or values that are no finite numbers, and for captions."""
+        self._float32(prompt)
 
     def encode(self, prompts: Sequence[Prompt]) -> Tensor:
         """Features as float32 [B, T, F]. Raises UserError as :meth:`check`."""
         encoded_BTF = torch.zeros(len(prompts), self.max_tokens, self.width)
         for row, prompt in enumerate(prompts):
-            self.check(prompt)
-            features_tF = np.asarray(prompt, dtype=np.float32)
+            features_tF = self._float32(prompt)
             encoded_BTF[row, : len(features_tF)] = torch.from_numpy(features_tF)
         return encoded_BTF
+
+    def _float32(self, prompt: Prompt) -> NDArray[np.float32]:
+        """Features [t, F] as the model takes them. Raises UserError as :meth:`check`."""
+        wanted = f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width)"
+        shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
+        if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
+            given = f"the caption {shown(prompt)}" if isinstance(prompt, str) else f"features {shape}"
+            raise UserError(f"{wanted}, got {given}")
+        try:
+            with np.errstate(over="ignore"):  # what float32 does not hold is named below
+                features_tF = np.asarray(prompt).astype(np.float32, copy=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{wanted}, got some that are no numbers ({error})") from error
+        finite_tF = np.isfinite(features_tF)
+        if not finite_tF.all():  # the model would answer with NaN, as if its weights were damaged
+            row, column = np.argwhere(~finite_tF)[0].tolist()
+            raise UserError(
+                f"{wanted}, got some with {features_tF[row, column]} in row {row}, column {column} (as float32). Compute them again, in "
+                "float32: float16 overflows above 65,504"
+            )
+        return features_tF
 
 
 def load_prompts(config: TextConfig, folder: str) -> PromptEncoder:

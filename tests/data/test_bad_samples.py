@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from foreign_shards import picture
@@ -24,7 +26,7 @@ from oar_scale.data.stream import StreamSettings, TokenStream
 from oar_scale.data.tokenize import TokenizedShard, pack_tokens
 from oar_scale.errors import UserError
 from oar_scale.storage.shard_cache import ShardCache
-from oar_scale.tokenizers.prompts import LabelEncoder
+from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer
 
 GOOD = 12
@@ -188,6 +190,24 @@ def test_a_label_that_the_model_does_not_have_is_replaced(label: str, vq: VQToke
     faults = {sample.fault for batch in batches for sample in batch.bad}
     assert faults and all("00000.tar: sample '0003' cannot be used: " in fault and "label" in fault for fault in faults)
     assert all(int(batch.encoded_prompts_b.max()) < 4 for batch in batches)
+
+
+def test_features_that_overflowed_are_replaced(vq: VQTokenizer, tmp_path: Path) -> None:
+    """Else every batch with them would have a loss that is no number, and the training would stop without naming them."""
+    members = []
+    for number in range(GOOD):
+        buffer = io.BytesIO()
+        np.save(buffer, np.full((2, 4), math.inf if number == 3 else number, np.float16))
+        members += [(f"{number:04d}.jpg", picture(number)), (f"{number:04d}.txt", b"t"), (f"{number:04d}.features.npy", buffer.getvalue())]
+    write(tmp_path / "shards/00000.tar", members)
+    source = ShardSource(
+        str(tmp_path / "shards"), manifest_of(tmp_path / "shards"), ShardCache(str(tmp_path / "cache"), None), tokenizer=vq
+    )
+    settings = StreamSettings(seed=0, global_batch=4, streams=4, window_shards=1, caption_dropout=0.0, max_bad_fraction=1.0)
+    batches = list(TokenStream(source, FeatureReader(3, 4), settings).batches(0, 3))
+    faults = {sample.fault for batch in batches for sample in batch.bad}
+    assert faults and all("00000.tar: sample '0003' cannot be used: " in fault and "inf in row 0" in fault for fault in faults)
+    assert all(batch.encoded_prompts_b.isfinite().all() for batch in batches)
 
 
 class CountingEncoder(LabelEncoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +163,15 @@ def test_a_reader_refuses_more_rows_and_other_widths() -> None:
     for wrong in (np.ones((4, 4)), np.ones((3, 5)), np.ones(4), "a caption"):
         with pytest.raises(UserError, match=r"precomputed features \(3, 4\)"):
             reader.encode([wrong])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, np.float16(math.inf), 1e39, None, "a"])
+def test_a_reader_names_features_that_are_no_finite_numbers(wrong: object) -> None:
+    """Half precision that overflowed is no fault of the model: NaN scores would say that its weights are damaged."""
+    features = np.array([[1, 1, 1, 1], [1, 1, 1, wrong]])
+    for refuse in (FeatureReader(3, 4).check, lambda prompt: FeatureReader(3, 4).encode([features[:1].astype(np.float32), prompt])):
+        with pytest.raises(UserError, match="no numbers" if wrong == "a" else r"(nan|inf) in row 1, column 3"):
+            refuse(features)
 
 
 def test_without_the_tokenizer_stage_there_is_nothing_to_read(job: TokenizeJob, tmp_path: Path) -> None:
