@@ -105,15 +105,16 @@ class FeatureReader:
     def _float32(self, prompt: Prompt) -> NDArray[np.float32]:
         """Features [t, F] as the model takes them. Raises UserError as :meth:`check`."""
         wanted = f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width)"
-        shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
-        if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
-            given = f"the caption {shown(prompt)}" if isinstance(prompt, str) else f"features {shape}"
-            raise UserError(f"{wanted}, got {given}")
+        if isinstance(prompt, str):
+            raise UserError(f"{wanted}, got the caption {shown(prompt)}")
         try:
+            given = np.asarray(prompt)
+            if given.ndim != 2 or len(given) > self.max_tokens or given.shape[1] != self.width:
+                raise UserError(f"{wanted}, got features {given.shape}")
             with np.errstate(over="ignore"):  # what float32 does not hold is named below
-                features_tF = np.asarray(prompt).astype(np.float32, copy=False)
+                features_tF = given.astype(np.float32, copy=False)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{wanted}, got some that are no numbers ({error})") from error
+            raise UserError(f"{wanted}, got some that are no numbers, or rows of unequal length ({error})") from error
         finite_tF = np.isfinite(features_tF)
         if not finite_tF.all():  # the model would answer with NaN, as if its weights were damaged
             row, column = np.argwhere(~finite_tF)[0].tolist()

@@ -160,7 +160,7 @@ def test_a_reader_refuses_more_rows_and_other_widths() -> None:
     reader = FeatureReader(3, 4)
     padded = reader.encode([np.ones((2, 4), np.float16), np.ones((0, 4), np.float16)])
     assert padded.sum((1, 2)).tolist() == [8, 0] and padded.shape == (2, 3, 4)
-    for wrong in (np.ones((4, 4)), np.ones((3, 5)), np.ones(4), "a caption"):
+    for wrong in (np.ones((4, 4)), np.ones((3, 5)), np.ones(4), "a caption", [[1, 2, 3, 4], [5]]):
         with pytest.raises(UserError, match=r"precomputed features \(3, 4\)"):
             reader.encode([wrong])
 
