@@ -15,6 +15,7 @@ import argparse
 import base64
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from oar_scale.data.sources import BadImage
 from oar_scale.data.sources.openmoji import draw
 from oar_scale.errors import UserError
 from oar_scale.runtime.program import program
+from oar_scale.storage.local import atomic_file
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -94,23 +96,39 @@ def main() -> None:
 
 
 def write_set(sets: Path, out: Path, size: int) -> None:
-    """Draw all sets of a folder into ``out``, and say how many there are and whose they are. Raises UserError where there is none."""
+    """Draw all sets of a folder into ``out``, and say how many there are and whose they are. ``emoji.csv`` is there when all else is.
+
+    Raises:
+        UserError: no such size, no set, one that lacks a file, or none with a drawing.
+    """
+    if size < 1:
+        raise UserError(f"--size {size}: a picture has no such side. Give pixels, such as 64.")
     folders = sorted(file.parent for file in sets.glob("*/icons.json"))
     if not folders:
         raise UserError(f"{sets}: no unpacked package is here, a folder with icons.json. Name another folder, or leave out --sets.")
+    missing = [str(folder / name) for folder in folders for name in FILES if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not there, so the package is incomplete. Unpack it again, or leave out --sets.")
     pictures = read_pictures(folders)
+    (out / "emoji.csv").unlink(missing_ok=True)  # `make evidence` fetches the set where there is no table
     for folder in folders:
         (out / "images" / folder.name).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         faults = list(pool.map(_draw, pictures, [out] * len(pictures), [size] * len(pictures), chunksize=64))
     drawn = [picture for picture, fault in zip(pictures, faults, strict=True) if not fault]
-    with open(out / "emoji.csv", "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "caption", "name", "family", "style"])
-        rows.writerows([picture.path, picture.caption, picture.name, picture.family, picture.style] for picture in drawn)
+    if not drawn:
+        raise UserError(
+            f"{sets}: none of {len(pictures)} drawings shows anything, or can be drawn. Name another folder, or leave out --sets."
+        )
     credits = [attribution(folder) for folder in folders]
     (out / "ATTRIBUTION.txt").write_text("\n".join(credits) + "\n")
     contact_sheet(drawn, out, size).save(out / "sheet.png")
+    table = io.StringIO(newline="")
+    rows = csv.writer(table)
+    rows.writerow(["image", "caption", "name", "family", "style"])
+    rows.writerows([picture.path, picture.caption, picture.name, picture.family, picture.style] for picture in drawn)
+    with atomic_file(str(out / "emoji.csv")) as file:
+        file.write(table.getvalue().encode())
 
     counts, toned = Counter(p.set_name for p in drawn), Counter(p.set_name for p in drawn if p.name != p.family)
     for folder, credit in zip(folders, credits, strict=True):

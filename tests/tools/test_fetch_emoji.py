@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from oar_scale.config.schema import DataConfig, Source
 from oar_scale.data.prepare import prepare_images
 from oar_scale.errors import UserError
+from tools import fetch_emoji
 from tools.fetch_emoji import fetch, write_set
 
 HAND = '<path fill="{}" d="M4 4h8v8H4z"/>'
@@ -102,6 +103,30 @@ def test_the_table_is_a_source(sets: Path, tmp_path: Path) -> None:
     source: Source = TypeAdapter(Source).validate_python(fields)
     manifests = prepare_images(DataConfig(source=source, image_size=16, heldout_fraction=0.6), str(tmp_path / "shards"))
     assert sum(manifest.samples for manifest in manifests.values()) == 6
+
+
+@pytest.mark.parametrize("failing", ["attribution", "contact_sheet"])
+def test_the_table_is_there_only_when_all_else_is(failing: str, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``make evidence`` fetches the set where there is no table: one of a call that was cut off would stand for a whole set."""
+
+    def cut_off(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    write_set(sets, tmp_path / "out", 16)
+    monkeypatch.setattr(fetch_emoji, failing, cut_off)
+    with pytest.raises(OSError, match="No space left"):
+        write_set(sets, tmp_path / "out", 8)
+    assert not (tmp_path / "out/emoji.csv").exists()
+
+
+def test_an_incomplete_package_and_one_without_pictures_are_named(sets: Path, tmp_path: Path) -> None:
+    put_set(tmp_path / "blank/noto", {"nothing": {"body": ""}}, {"1f001": "nothing"})
+    with pytest.raises(UserError, match="blank: none of 1 drawings"):
+        write_set(tmp_path / "blank", tmp_path / "out", 16)
+    (sets / "noto/chars.json").unlink()
+    with pytest.raises(UserError, match=r"noto/chars\.json: not there"):
+        write_set(sets, tmp_path / "out", 16)
+    assert not (tmp_path / "out/emoji.csv").exists()
 
 
 # -- a registry on the loopback address, as npm's answers --------------------------------------------------------------------
