@@ -29,7 +29,7 @@ def run_train(run: Run, name: str) -> JsonObject:
         _warn_of_slow_bf16(run)
     with patient(run.recipe.storage.patience_s):
         if name == "pretrain" and run.rank == 0:
-            _write_base(run)
+            write_base(run)
         if name == "pretrain" and not run.recipe.pretrain.steps:
             return _take_weights(run)
         stage = run.recipe.stage(name)
@@ -52,7 +52,7 @@ def _warn_of_slow_bf16(run: Run) -> None:
         )
 
 
-def _write_base(run: Run) -> None:
+def write_base(run: Run) -> None:
     """The model that pretraining starts with: the recipe's weights, or a fresh one."""
     recipe, manifest = run.recipe, read_manifest(run.at("tokens", "train"))
     assert manifest.vocab_size is not None and manifest.grid is not None

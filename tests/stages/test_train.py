@@ -16,7 +16,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save
 from oar_scale.observe.console import Console
 from oar_scale.run.context import Run
 from oar_scale.stages import train as stage_train
-from oar_scale.stages.train import _warn_of_slow_bf16, _write_base, run_train
+from oar_scale.stages.train import _warn_of_slow_bf16, run_train, write_base
 from oar_scale.storage import open_storage
 from oar_scale.training.job import TrainingJob
 
@@ -46,7 +46,7 @@ def test_a_peers_habits_go_with_its_weights(run: Run, tmp_path: Path) -> None:
     torch.manual_seed(1)
     peer = AnyOrderModel(spec)
     save_model(str(tmp_path / "peer.safetensors"), peer)
-    _write_base(starting_from(run, tmp_path / "peer.safetensors"))
+    write_base(starting_from(run, tmp_path / "peer.safetensors"))
     base = load_model(run.model_uri("base"))
     assert base.spec == spec.model_copy(update={"dropout": run.recipe.model.dropout})
     assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in base.state_dict().items())
@@ -54,7 +54,7 @@ def test_a_peers_habits_go_with_its_weights(run: Run, tmp_path: Path) -> None:
 
 def test_the_seed_decides_about_fresh_weights(run: Run) -> None:
     """They are drawn module by module, and are those that the model's constructor draws."""
-    _write_base(run)
+    write_base(run)
     base = load_model(run.model_uri("base"))
     torch.manual_seed(run.recipe.seed)
     expected = AnyOrderModel(base.spec).state_dict()
@@ -64,7 +64,7 @@ def test_the_seed_decides_about_fresh_weights(run: Run) -> None:
 def test_weights_of_another_shape_are_refused_by_field(run: Run, tmp_path: Path) -> None:
     save_model(str(tmp_path / "model.safetensors"), AnyOrderModel(load_model(run.model_uri("base")).spec))
     with pytest.raises(UserError, match=r"has layers 2, the recipe and its tokenizers make 3"):
-        _write_base(starting_from(run, tmp_path / "model.safetensors", layers=3))
+        write_base(starting_from(run, tmp_path / "model.safetensors", layers=3))
 
 
 def test_without_pretraining_given_weights_are_the_model(run: Run, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_under_torchrun_others_do_not_wait_for_a_base_model_that_rank_0_still_wr
 def test_first_weights_are_not_drawn_anew_where_a_pretraining_resumes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another CPU, or another version of torch, draws others from the same seed."""
     own, plain = copy_run(run, str(tmp_path), **run.recipe.model_dump(exclude={"run_dir", "name"})), stage_train.fresh_weights
-    _write_base(own)
+    write_base(own)
     first = model_id(own.model_uri("base"))
 
     def others(spec: ModelSpec) -> dict[str, Tensor]:
@@ -107,5 +107,5 @@ def test_first_weights_are_not_drawn_anew_where_a_pretraining_resumes(run: Run, 
 
     monkeypatch.setattr(stage_train, "fresh_weights", others)
     open_storage(own.at()).write(own.at("checkpoints", "pretrain", "step-00000100", "COMMITTED"), b"{}")
-    _write_base(own)
+    write_base(own)
     assert model_id(own.model_uri("base")) == first

@@ -130,7 +130,13 @@ def _rank(rank: int, world: int, port: int, told: Told, function: Callable[..., 
 
 
 def alternate(cases: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Run every case once a round, forwards and backwards alternating, so that other load of the machine affects all of them."""
+    """Run every case once a round, forwards and backwards alternating, so that other load of the machine affects all of them.
+
+    Raises:
+        UserError: no round.
+    """
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds}: nothing would be measured. Give 1 or more.")
     results: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(rounds):
         for case in cases if number % 2 == 0 else reversed(cases):

@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import socket
 import statistics
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -117,13 +119,16 @@ def _watching_cpu(workers: set[int]) -> float:
 def _job(prepared: str, folder: str, **observe: Any) -> Any:
     """Pretraining of the prepared run's model in a folder of its own, ``STEPS`` steps with one checkpoint at the end."""
     from oar_scale.config.loading import load_recipe
+    from oar_scale.run.context import Run
+    from oar_scale.stages.train import write_base
     from oar_scale.storage import join
     from oar_scale.training.job import TrainingJob
 
-    for part in ("tokens", "tokenizers", "models"):
+    for part in ("tokens", "tokenizers"):
         os.symlink(os.path.abspath(join(prepared, part)), join(folder, part))
     overrides = [
         f"run_dir={folder}",
+        "storage.root=null",
         f"parallel.workers={WORKERS}",
         f"pretrain.steps={STEPS}",
         f"pretrain.warmup_steps={WARM_UP}",
@@ -134,8 +139,9 @@ def _job(prepared: str, folder: str, **observe: Any) -> Any:
         "observe.metrics_port=0",
     ]
     recipe = load_recipe(join(prepared, "recipe.yaml"), overrides)
-    base, result = (join(folder, "models", f"{name}.safetensors") for name in ("base", "benchmark"))
-    return TrainingJob(recipe, "pretrain", folder, folder, base, result)
+    run = Run(recipe)
+    write_base(run)
+    return TrainingJob(recipe, "pretrain", folder, folder, run.model_uri("base"), join(folder, "models", "benchmark.safetensors"))
 
 
 def _train(job: Any, side: str) -> tuple[list[dict[str, float]], float]:
@@ -150,12 +156,28 @@ def _train(job: Any, side: str) -> tuple[list[dict[str, float]], float]:
     pids = {worker.pid for worker in workers if worker.pid}
     seen = []
     for _ in range(2):  # rank 0 has passed the first steps; the last one
-        marks.get(timeout=500)
+        _heard(marks, workers)
         seen.append(_watching_cpu(pids))
-    figures = [results.get(timeout=500) for _ in workers]
+    figures = [_heard(results, workers) for _ in workers]
     for worker in workers:
         worker.join()
     return figures, (seen[1] - seen[0]) / (STEPS - 1 - WARM_UP)
+
+
+def _heard(said: Any, workers: Sequence[Any], limit_s: float = 500.0) -> Any:
+    """What a worker puts into a queue next.
+
+    Raises:
+        SystemExit: a worker has failed, and has said how, or none says anything. All are ended then: others would wait for that one.
+    """
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until and not any(worker.exitcode for worker in workers):
+        with suppress(queue.Empty):
+            return said.get(timeout=0.5)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    raise SystemExit("a worker failed" if time.monotonic() < until else f"the workers said nothing for {limit_s:.0f} s")
 
 
 def _worker(job: Any, side: str, rank: int, port: int, results: Any, passed: Any) -> None:
