@@ -22,6 +22,7 @@ from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
+from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=160, help="drawings, where no folder is given")
     parser.add_argument("--steps", type=int, default=300, help="of pretraining; fine-tuning takes a third of them")
     args = parser.parse_args()
+    if args.steps < 1 or args.count < 20:
+        raise UserError(f"--steps {args.steps} --count {args.count}: give at least 1 step, and 20 drawings, as some are held out.")
     run(make_recipe(args.out, args.images, args.count, args.steps), args.out)
 
 

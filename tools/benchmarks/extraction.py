@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from measure import LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
 
+from oar_scale.errors import UserError
 from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ def main() -> None:
         raise SystemExit("decoupled questions write no keys and values of which there could be copies: add --only-ours")
     if arguments.beside == arguments.layout:
         raise SystemExit(f"--beside {arguments.beside} is the layout that is measured anyway: name another one")
+    if arguments.at < 2:
+        raise UserError(f"--at {arguments.at}: an image's seconds are interpolated between the first and the last step. Give 2 or more.")
+    if arguments.rounds < 1:  # here, before any of the two parts is measured
+        raise UserError(f"--rounds {arguments.rounds}: nothing would be measured. Give 1 or more.")
     print(machine(arguments.device, arguments.threads))
     load = os.getloadavg()[0]
     for batch in arguments.batches.split(","):
