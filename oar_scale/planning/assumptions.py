@@ -21,6 +21,8 @@ from oar_scale.errors import UserError
 GIVEN = "given with this plan"
 _DIVISORS = re.compile(r"mfu\..*|.*(_gb_s|_tflops|_per_s|_mfu|_efficiency|bandwidth_share)")
 """Rates, and shares of them: with 0 nothing would ever end."""
+_SHARES = re.compile(r"mfu\..*|.*(_mfu|_efficiency|_share)")
+"""Shares of a whole: with more than 1 a step would compute more than its GPUs can, or hide more than it sends."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Assumptions:
             raise UserError(f"--assume {key}={value:g}: a number that is not negative is needed")
         if not value and _DIVISORS.fullmatch(key):
             raise UserError(f"--assume {key}=0: a number above 0 is needed, or it would take for ever")
+        if key.startswith("data_sets.") and (value < 1 or value != int(value)):
+            raise UserError(f"--assume {key}={value:g}: images of a data set are a whole number from 1; --images N says those of this run")
+        if value > 1 and _SHARES.fullmatch(key):
+            raise UserError(f"--assume {key}={value:g}: a share of the whole is at most 1, e.g. {key}={self._figures[key].value:g}")
         return Assumptions({**self._figures, key: Assumption(key, value, GIVEN, "")}, self._labels, self._mfu)
 
     def gpu_label(self, gpu: str) -> str:

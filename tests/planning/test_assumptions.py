@@ -48,6 +48,19 @@ def test_what_cannot_be_assumed_is_one_clear_error(wrong: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["mfu.up_to_1b.value", "time.extraction_mfu", "time.hidden_share", "time.network_efficiency"])
+def test_a_share_of_more_than_all_cannot_be_assumed(key: str) -> None:
+    with pytest.raises(UserError, match=rf"--assume {key}=3: a share of the whole is at most 1"):
+        read_assumptions([f"{key}=3"])
+    assert read_assumptions([f"{key}=1"])(key) == 1
+
+
+@pytest.mark.parametrize("count", ["0", "0.5", "10.5"])
+def test_a_data_set_has_a_whole_number_of_images(count: str) -> None:
+    with pytest.raises(UserError, match=r"data_sets\.imagenet=.*a whole number from 1"):
+        read_assumptions([f"data_sets.imagenet={count}"])
+
+
 def test_a_near_miss_is_answered_with_the_key_that_was_meant() -> None:
     with pytest.raises(UserError, match=r"Did you mean .*storage\.s3_read_gb_s"):
         read_assumptions(["storage.s3_read_gbs=5"])
@@ -65,7 +78,7 @@ def test_the_longest_name_of_a_data_set_counts() -> None:
 
 
 def test_an_assumption_of_zero_is_one_line_or_a_plan() -> None:
-    for key in [each.key for each in plan("imagenet").assumptions if not each.key.startswith("data_sets.")]:
+    for key in [each.key for each in plan("imagenet").assumptions]:
         try:
             as_text(plan("imagenet", assume=[f"{key}=0"]))
         except UserError as error:
