@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from functools import partial
 
 import torch
 
 from oar_scale.model import AnyOrderModel, load_model, model_id
+from oar_scale.observe.failure import reporting_failure
 from oar_scale.orders.analysis.analysis_values import HeadReport, HeadRow
 from oar_scale.orders.head import load_head, save_head
 from oar_scale.orders.order_files import head_file, head_report_file, run_files
@@ -17,6 +19,9 @@ from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import on_gpu_node, threads_here
 from oar_scale.storage import Missing, read_json, write_json
 from oar_scale.studies.order_head_training import HeadData, train_head, write_predicted
+
+EVENTS = "order-head"
+"""The name of its training among the events of the run's stages."""
 
 
 def run_train_head(run: Run, model: ModelName) -> HeadReport:
@@ -34,15 +39,18 @@ def run_train_head(run: Run, model: ModelName) -> HeadReport:
 def _train_head(run: Run, model: ModelName) -> HeadReport:
     data, uri = _data(run, model)
     config = run.recipe.order_head
-    with run.log("order-head") as log, run.console.progress(config.steps, "steps") as tally:
+    started = time.monotonic()
+    with reporting_failure(run.events, EVENTS, run.recipe, run.at()), run.log(EVENTS) as log:
+        with run.console.progress(config.steps, "steps") as tally:
 
-        def on_step(step: int, loss: float) -> None:
-            log.emit("order_head", step=step, loss=loss)
-            tally.update(step)
+            def on_step(step: int, loss: float) -> None:
+                log.emit("order_head", step=step, loss=loss)
+                tally.update(step)
 
-        head, report = train_head(data, config, model_id(uri), run.recipe.seed, on_step)
-    save_head(head_file(uri), head)
-    write_json(head_report_file(uri), dataclasses.asdict(report))
+            head, report = train_head(data, config, model_id(uri), run.recipe.seed, on_step)
+        save_head(head_file(uri), head)
+        write_json(head_report_file(uri), dataclasses.asdict(report))
+        log.emit("end", step=config.steps, seconds=time.monotonic() - started)  # or it would count as stalled from then on
     for line in report_lines(report):
         run.console.say(f"  {line}")
     run.console.say(f"  order head: {head_file(uri)}")

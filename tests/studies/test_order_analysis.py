@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.model import load_model, model_id, save_model
 from oar_scale.observe.console import Console
+from oar_scale.observe.run_location import find_run
+from oar_scale.observe.status import status
 from oar_scale.orders.order_table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
@@ -31,6 +35,7 @@ from oar_scale.registry import STAGES
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
 from oar_scale.studies import compare_extraction as compare
+from oar_scale.studies import order_head
 from oar_scale.studies.compare_extraction import run_compare
 from oar_scale.studies.order_analysis import run_orders, spread
 from oar_scale.studies.order_head import run_predict, run_train_head
@@ -127,6 +132,18 @@ def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path
     assert main(["orders", recipe, "--out", str(tmp_path)]) == 0
     assert len(json.loads((tmp_path / "orders.json").read_text())["head"]["rows"]) == 5
     assert "order head in hindsight" in (tmp_path / "index.html").read_text()
+
+
+def test_the_training_of_a_head_has_an_end_in_its_events(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``oar status`` does not call it stalled when it is done, nor still running when it has failed."""
+    run_train_head(run, "any_order")
+    later = time.time() + 3600
+    screen = status(find_run(run.local()), now=later)
+    assert re.search(r"^order-head +done", screen, re.MULTILINE) and "STALLED" not in screen
+    monkeypatch.setattr(order_head, "save_head", lambda *_: (_ for _ in ()).throw(UserError("the disk is full")))
+    with pytest.raises(UserError, match="the disk is full"):
+        run_train_head(run, "any_order")
+    assert re.search(r"^order-head +failed", status(find_run(run.local()), now=later), re.MULTILINE)
 
 
 def test_the_comparison_judges_the_head_by_unseen_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
