@@ -24,9 +24,9 @@ number changes nothing.
 *Broken samples.* A sample that cannot be used (a missing or doubled member, codes of another shape or outside the vocabulary, a label
 that the model does not have, a shard that is missing or damaged) is replaced: attempt k = 0, 1, ... draws another uid by a hash of (seed,
 epoch, uid, k), and the first sample that can be used is taken. The slot keeps its own random choices, so the replacement is the same on
-every rank and in every attempt. Each replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the samples seen,
-the stream stops with an error that names some. A storage that does not answer is no fault of a sample: it ends the stream with
-``Unreachable``, and one that refuses with another ``UserError``.
+every rank and in every attempt. Each replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the
+samples that the run has seen, the stream stops with an error that names some. A storage that does not answer is no fault of a sample: it
+ends the stream with ``Unreachable``, and one that refuses with another ``UserError``.
 
 *Resuming* is ``batches(start_step=t, end_step=...)``. A step costs no more in the middle of an epoch than at its beginning.
 
@@ -65,7 +65,7 @@ LOOK_AHEAD_STEPS = 8
 SUBSTITUTES = 16
 """Replacements tried for a sample that cannot be used, before the stream stops."""
 BAD_FROM = 64
-"""The share of bad samples is taken of at least so many samples, so that one early fault does not stop the stream."""
+"""The share of bad samples is taken of at least so many samples, so that a few early faults do not stop the stream."""
 
 
 class _Choice(NamedTuple):
@@ -159,14 +159,16 @@ class TokenStream:
         Raises:
             UserError: more bad samples than ``max_bad_fraction`` allows; names some of them.
         """
-        seen, bad = 0, list[ReplacedSample]()
+        # Of all that the run has seen: a stream that was resumed just before a bad sample would else stop at it, each time anew, where one
+        # that was not interrupted goes on. The bad ones of earlier attempts are not known.
+        limit, bad = self.settings.max_bad_fraction, list[ReplacedSample]()
         for batch in self._prefetched(start_step, end_step):
-            seen, bad = seen + len(batch.uid_b), [*bad, *batch.bad]
-            if len(bad) > self.settings.max_bad_fraction * max(seen, BAD_FROM):
+            seen, bad = (batch.step + 1) * len(batch.uid_b), [*bad, *batch.bad]
+            if len(bad) > max(limit * max(seen, BAD_FROM), 1 if limit else 0):  # one alone is no share
                 named = "\n".join(f"  {sample.fault}" for sample in bad[:5])
                 raise UserError(
                     f"step {batch.step}: {len(bad)} of {seen} samples could not be used, more than data.max_bad_fraction = "
-                    f"{self.settings.max_bad_fraction:g} allows:\n{named}\n"
+                    f"{limit:g} allows:\n{named}\n"
                     "Fix the shards (oar data verify), or raise the limit (-o data.max_bad_fraction=...), and run the same command again: "
                     "it resumes from the last checkpoint."
                 )

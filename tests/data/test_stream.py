@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -394,6 +395,22 @@ def test_too_many_bad_samples_stop_the_stream_and_name_some(text: TextTokenizer,
     with pytest.raises(UserError, match=r"of \d+ samples could not be used, more than data\.max_bad_fraction = 0\.02") as stopped:
         list(TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=0.02)).batches(0, 5))
     assert "sample 'k" in str(stopped.value)
+
+
+def test_a_resume_just_before_bad_samples_goes_on_as_the_run_would_have(text: TextTokenizer, tmp_path: Path) -> None:
+    """Two of 400 are bad, which the limit of 1 % allows, wherever the second epoch is entered."""
+    write_tokens(str(tmp_path), [50] * 8, {77: "no codes", 150: "no codes"})
+    bad = replace(SETTINGS, max_bad_fraction=0.01)
+    for start in range(50, 100):
+        assert len(list(TokenStream(source(str(tmp_path)), text, bad).batches(start, 100))) == 100 - start
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.001])
+def test_a_single_bad_sample_stops_the_stream_only_where_none_is_allowed(text: TextTokenizer, tmp_path: Path, limit: float) -> None:
+    write_tokens(str(tmp_path), [20, 20], {3: "no codes"})
+    batches = TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=limit)).batches(0, 5)
+    with nullcontext() if limit else pytest.raises(UserError, match="1 of "):
+        assert sum(len(batch.bad) for batch in batches) == 1
 
 
 def test_data_sets_are_mixed_by_weight_each_with_its_own_samples(text: TextTokenizer, tmp_path: Path) -> None:
