@@ -157,23 +157,31 @@ class OpenShard:
 
 
 class TokenShard(OpenShard):
-    """A shard of codes, uint16 [views, N] a sample."""
+    """A shard of codes, uint16 [views, N] a sample.
+
+    Args:
+        expected: views and cells that its samples should have; those of others are the bad ones then, also where the first one is.
+    """
+
+    def __init__(self, data: memoryview, where: str, expected: tuple[int, int] | None = None) -> None:
+        super().__init__(data, where)
+        self._expected = expected
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Views and cells of every sample's codes, as the first sample has them. Raises UnusableSample where there are none."""
+        """Views and cells of every sample's codes, as the first sample with codes has them. Raises UnusableSample where there are none."""
         return self._first[1]
 
     def codes(self, row: int, view: int) -> bytes:
         """One view's codes as the bytes of little-endian uint16 [N]: a batch joins them and reads them all at once.
 
         Raises:
-            UnusableSample: the sample has none, or others than the first one has.
+            UnusableSample: the sample has none, or others than the first one with codes has.
         """
         header, (views, cells) = self._first
         data = self.part(row, "codes.npy")
         if len(data) != len(header) + 2 * views * cells or data[: len(header)] != header:
-            raise self.fault(row, f"has no codes uint16 {[views, cells]} (views, cells) as the first sample of the shard has")
+            raise self.fault(row, f"has no codes uint16 {[views, cells]} (views, cells) as the first ones of the shard are")
         start = len(header) + 2 * cells * view
         return bytes(data[start : start + 2 * cells])
 
@@ -184,18 +192,33 @@ class TokenShard(OpenShard):
 
     @cached_property
     def _first(self) -> tuple[bytes, tuple[int, int]]:
-        """The ``.npy`` header of the first sample's codes, and their shape (views, cells).
+        """The ``.npy`` header of the shard's codes, and their shape (views, cells), as the first sample with (the expected) codes says.
 
         All samples of a shard have the same header, so reading codes is one comparison of bytes and a slice, without parsing.
         """
-        if not self.keys:
-            raise UnusableSample(f"{self.where}: holds no sample")
-        data = self.find(0, ("codes.npy",))
+        first_fault: UnusableSample | None = None
+        other: tuple[bytes, tuple[int, int]] | None = None
+        for row in range(len(self)):
+            try:
+                found = self._layout(row)
+            except UnusableSample as fault:  # one bad sample is no fault of those behind it
+                first_fault = first_fault or fault
+                continue
+            if self._expected in (None, found[1]):
+                return found
+            other = other or found
+        if other is not None:
+            return other
+        raise first_fault or UnusableSample(f"{self.where}: holds no sample")
+
+    def _layout(self, row: int) -> tuple[bytes, tuple[int, int]]:
+        """The header and the shape of one sample's codes."""
+        data = self.find(row, ("codes.npy",))
         if data is None:
-            raise self.fault(0, "has no .codes.npy; is this a folder of token shards?")
-        codes = self.array(0, "codes.npy")
+            raise self.fault(row, "has no .codes.npy; is this a folder of token shards?")
+        codes = self.array(row, "codes.npy")
         if codes.ndim != 2 or codes.dtype != np.dtype("<u2") or not codes.flags.c_contiguous:
-            raise self.fault(0, f"has codes {codes.dtype} {list(codes.shape)} instead of uint16 [views, cells]")
+            raise self.fault(row, f"has codes {codes.dtype} {list(codes.shape)} instead of uint16 [views, cells]")
         return bytes(data[: len(data) - codes.nbytes]), (codes.shape[0], codes.shape[1])
 
 

@@ -81,7 +81,7 @@ class ShardSource:
         except (Missing, BadName, DamagedShard) as error:
             raise UnusableSample(str(error)) from error
         try:
-            shard = TokenShard(data, uri) if self.tokenizer is None else ImageShard(data, uri)
+            shard = TokenShard(data, uri, (self.views, self.grid**2)) if self.tokenizer is None else ImageShard(data, uri)
         except UserError as error:
             raise UnusableSample(str(error)) from error
         if len(shard) != info.samples:

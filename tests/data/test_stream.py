@@ -413,6 +413,14 @@ def test_a_single_bad_sample_stops_the_stream_only_where_none_is_allowed(text: T
         assert sum(len(batch.bad) for batch in batches) == 1
 
 
+@pytest.mark.parametrize("fault", ["no codes", "codes of another shape"])
+def test_a_first_sample_that_is_bad_costs_its_shard_nothing(text: TextTokenizer, tmp_path: Path, fault: str) -> None:
+    write_tokens(str(tmp_path), [20, 20], {20: fault})
+    batches = list(TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=0.1)).batches(0, 5))
+    (bad,) = [sample for batch in batches for sample in batch.bad]
+    assert bad.uid == 20 and "sample 'k20'" in bad.fault
+
+
 def test_data_sets_are_mixed_by_weight_each_with_its_own_samples(text: TextTokenizer, tmp_path: Path) -> None:
     for name, sizes in (("big", [30, 30, 30]), ("small", [12])):
         write_tokens(str(tmp_path / name), sizes)
