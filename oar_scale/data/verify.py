@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from oar_scale.data.data_files import files_below
 from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
 from oar_scale.data.notes import Notes
-from oar_scale.data.scan import ShardScan, in_parallel, scan_shard
+from oar_scale.data.scan import ShardScan, in_parallel, open_bytes, scan_shard
+from oar_scale.data.tar_samples import samples
 from oar_scale.errors import Unreachable, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.storage import join, open_storage
@@ -87,6 +88,8 @@ def verify_folder(
         result.add(name, *by_shard[name])
         result.notes.merge(by_notes.get(name, {}))
     for name in _unknown(folder, manifest, result.notes):
+        if not _holds_samples(join(folder, name)):
+            continue  # what a pool makes of a shard without samples that can be used, and leaves out of the manifest
         result.add(name, ["lies here, but is not in the manifest"], 1)
     return result
 
@@ -110,3 +113,14 @@ def _unknown(folder: str, manifest: Manifest, notes: Notes) -> list[str]:
     known = {info.name for info in manifest.shards}
     endings = tuple({"." + info.name.rpartition(".")[2].lower() for info in manifest.shards})
     return [name for name in files_below(folder, notes) if name.lower().endswith(endings) and name not in known]
+
+
+def _holds_samples(uri: str) -> bool:
+    """Whether a tar holds a sample; one that cannot be read may."""
+    try:
+        with open_bytes(uri) as data:
+            return next(samples(data, uri), None) is not None
+    except Unreachable:
+        raise
+    except UserError:
+        return True

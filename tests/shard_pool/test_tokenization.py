@@ -19,6 +19,7 @@ from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
 from oar_scale.data.notes import Notes
 from oar_scale.data.shards import pack_shard, read_token_shard, shard_name, write_shard
+from oar_scale.data.verify import verify_folder
 from oar_scale.errors import UserError
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Bounds, Ledger, ShardOutput
@@ -160,6 +161,21 @@ def test_bad_samples_of_long_or_equal_keys_are_all_counted(job: TokenizeJob, tmp
     manifest = tokenize_all(job, actors=1, make_bad=lambda total: BadSamples("tokens", total, DataConfig(max_bad_fraction=0.8), Notes()))
     assert manifest.samples == 1
     assert sorted(manifest.skipped) == [*(f"00000.tar/{key}" for key in keys[:3]), "00000.tar/twice (row 4)"]
+
+
+@pytest.mark.usefixtures("pool_here")
+def test_a_shard_of_bad_samples_alone_leaves_tokens_that_are_verified(job: TokenizeJob, tmp_path: Path) -> None:
+    """Its token shard has no sample, and is not in the manifest; another one that is not is still a fault."""
+    folder = str(tmp_path / "images")
+    samples = [{"__key__": f"image{i}", "png": picture(i) if i < 3 else b"none", "txt": "t", "json": b"{}"} for i in range(4)]
+    shards = [write_shard(folder, shard_name(i), each) for i, each in enumerate((samples[:3], samples[3:], []))]
+    write_manifest(folder, Manifest(shards=tuple(shards)))
+    job = dataclasses.replace(job, images=folder, tokens=str(tmp_path / "tokens"))
+    made = tokenize_all(job, actors=1, make_bad=lambda total: BadSamples("tokens", total, DataConfig(max_bad_fraction=0.5), Notes()))
+    assert [shard.name for shard in made.shards] == ["00000.tar"]
+    assert verify_folder(job.tokens).faults == []
+    write_shard(job.tokens, "00007.tar", samples[:1])
+    assert verify_folder(job.tokens).faults == ["00007.tar: lies here, but is not in the manifest"]
 
 
 def test_an_elastic_recipe_tokenises_with_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
