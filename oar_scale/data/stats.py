@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,7 @@ class StatsJob:
     """How many of the first shards; None: all."""
     workers: int = 4
     pictures: int = 0
-    """Samples kept for a picture grid, as many of each shard."""
+    """Samples kept for a picture grid, about as many of each shard."""
 
 
 def collect_stats(job: StatsJob, on_progress: Callable[[int, int], None] | None = None) -> tuple[ShardStats, Manifest | None]:
@@ -101,20 +101,22 @@ def collect_stats(job: StatsJob, on_progress: Callable[[int, int], None] | None 
     notes = Notes()
     names = list_shards(job.folder, job.pattern, notes) if manifest is None else [shard.name for shard in manifest.shards]
     names = names[: job.shards]
-    share = math.ceil(job.pictures / len(names)) if names else 0
+    ends = [job.pictures * at // max(1, len(names)) for at in range(len(names) + 1)]
+    shares = {name: end - begin for name, (begin, end) in zip(names, pairwise(ends), strict=True)}
     report = on_progress or (lambda done, total: None)
     report(0, len(names))
-    by_shard: dict[str, ShardStats] = {}
+    waiting: dict[str, ShardStats] = {}
+    whole, following = ShardStats(notes=notes), deque(names)
 
     def broken(name: str, error: UserError) -> None:
         raise error
 
-    for name, stats in in_parallel(lambda name: _shard_stats(join(job.folder, name), share), names, job.workers, broken):
-        by_shard[name] = stats
-        report(len(by_shard), len(names))
-    whole = ShardStats(notes=notes)
-    for name in names:
-        whole.merge(by_shard.pop(name))
+    scans = in_parallel(lambda name: _shard_stats(join(job.folder, name), shares[name]), names, job.workers, broken)
+    for done, (name, stats) in enumerate(scans, 1):
+        waiting[name] = stats
+        while following and following[0] in waiting:  # in the order of the shards, and at once: the words of all shards need much memory
+            whole.merge(waiting.pop(following.popleft()))
+        report(done, len(names))
     return whole, manifest
 
 

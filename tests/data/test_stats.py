@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from foreign_shards import bomb, img2dataset_folder, img2dataset_sample, picture
 from PIL import Image
 
 from oar_scale.cli import main
+from oar_scale.data import stats
 from oar_scale.data.index import IndexJob, index_folder
+from oar_scale.data.stats import StatsJob, collect_stats
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
 
@@ -92,6 +95,27 @@ def test_a_grid_shows_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert sheet.width == sheet.height
     middles = [(column * (side + 2) + side // 2, row * (side + 2) + side // 2) for row in range(2) for column in range(2)]
     assert [sheet.getpixel(middle) for middle in middles] == colours
+
+
+@pytest.mark.parametrize("shards", [3, 5, 80])
+def test_a_grid_has_as_many_pictures_whatever_the_number_of_shards(tmp_path: Path, shards: int) -> None:
+    folder = img2dataset_folder(tmp_path, shards, samples=30 if shards == 3 else 20)
+    kept, _ = collect_stats(StatsJob(str(folder), shards=None, pictures=64))
+    assert len(kept.pictures) == 64
+
+
+def test_shards_are_forgotten_once_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    living, most, read = dict[str, weakref.ref[stats.ShardStats]](), 0, stats._shard_stats
+
+    def counted(uri: str, pictures: int) -> stats.ShardStats:
+        nonlocal most
+        living[uri] = weakref.ref(found := read(uri, pictures))
+        most = max(most, sum(each() is not None for each in living.values()))
+        return found
+
+    monkeypatch.setattr(stats, "_shard_stats", counted)
+    whole, _ = collect_stats(StatsJob(str(img2dataset_folder(tmp_path, 60, samples=1)), shards=None, workers=1))
+    assert whole.shards == 60 and most < 10
 
 
 def test_codes_are_drawn_by_their_tokenizer_and_by_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
