@@ -9,6 +9,7 @@ contents is replaced with --force only.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -19,13 +20,15 @@ from dataclasses import asdict, dataclass
 from urllib.parse import quote
 
 from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
-from oar_scale.data.notes import Notes
+from oar_scale.data.notes import Notes, escaped
 from oar_scale.data.scan import ShardScan, in_parallel, list_shards, scan_shard
 from oar_scale.errors import UserError
 from oar_scale.storage import DamagedJson, Missing, join, open_storage, read_json, write_json
 
 NAMED = 10
 """Broken shards that an error names."""
+LONGEST_ENTRY = 180
+"""Characters of a shard's name in the name of its entry; a file system takes 255 bytes, and writing adds some."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,12 @@ def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None =
         on_progress: called with (shards done, shards in all), at the start and after every shard.
 
     Raises:
-        UserError: no shards, shards that cannot be read, token and image shards mixed, codes that do not fit what was given, or
-            a manifest that says something else.
+        UserError: no shards, shards that cannot be read or whose names are not UTF-8, token and image shards mixed, codes that do not fit
+            what was given, or a manifest that says something else.
     """
     notes = Notes()
     names = list_shards(job.folder, job.pattern, notes)
+    _require_utf8(job.folder, names)
     before = _existing_manifest(job)
     if before is not None and not job.force and [shard.name for shard in before.shards] != names:
         raise _other_manifest(job, f"it lists {len(before.shards)} shards, here are {len(names)} that match {job.pattern!r}")
@@ -124,7 +128,21 @@ def _scan(job: IndexJob, name: str) -> ShardScan:
 
 
 def _entry(job: IndexJob, name: str) -> str:
-    return join(job.ledger, f"{quote(name, safe='')}.json")
+    short = quote(name, safe="")
+    if len(short) > LONGEST_ENTRY:  # a letter that is not ASCII takes up to twelve there
+        short = f"{short[:LONGEST_ENTRY]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return join(job.ledger, f"{short}.json")
+
+
+def _require_utf8(folder: str, names: Iterable[str]) -> None:
+    """Check that a manifest, which is JSON, can hold the names. Raises UserError."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{folder}: the name {escaped(name)!r} is not UTF-8, and a manifest cannot hold it. Rename the file."
+            ) from error
 
 
 def _from_ledger(job: IndexJob, names: Iterable[str]) -> dict[str, ShardScan]:

@@ -97,6 +97,24 @@ def test_shards_come_in_the_natural_order_of_their_numbers(tmp_path: Path) -> No
     assert [shard.name for shard in index_folder(IndexJob(str(tmp_path))).manifest.shards] == in_order
 
 
+def test_shards_with_long_names_of_other_alphabets_are_indexed(tmp_path: Path) -> None:
+    names = [f"{'文' * 25}/{'件' * 25}{number}.tar" for number in range(3)]
+    for name in names:
+        write_tar(tmp_path / name, [img2dataset_sample(0)])
+    (tmp_path / "broken.tar").write_bytes(b"none")
+    with pytest.raises(UserError, match="1 of 4 shards cannot be read"):
+        index_folder(IndexJob(str(tmp_path)))
+    (tmp_path / "broken.tar").unlink()
+    index = index_folder(IndexJob(str(tmp_path)))
+    assert ([shard.name for shard in index.manifest.shards], index.read) == (names, 0)
+
+
+def test_a_shard_whose_name_is_no_utf8_is_one_clear_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "caf\udce9.tar", [img2dataset_sample(0)])
+    with pytest.raises(UserError, match=r"the name 'caf\\+udce9\.tar' is not UTF-8"):
+        index_folder(IndexJob(str(tmp_path)))
+
+
 @given(st.lists(st.text("0129ab-é²", min_size=1, max_size=6), unique=True))
 def test_names_are_in_order_however_they_were_listed(names: list[str]) -> None:
     """The order of names does not depend on how they were listed."""
