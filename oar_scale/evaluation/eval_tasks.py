@@ -42,6 +42,7 @@ from oar_scale.orders.order_files import OrderFiles, folder_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName
+from oar_scale.runtime.child_process import end_with_parent
 from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]
@@ -263,6 +264,7 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
 
 def _start_process(threads: int, devices: SimpleQueue[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the parent process reports it
+    end_with_parent()
     torch.set_num_threads(threads)
     os.environ[_DEVICE] = devices.get()
 

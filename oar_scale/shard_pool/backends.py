@@ -8,7 +8,6 @@ actors.wait(1.0)                        [(actor, outcome), ...]: also of those w
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -19,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from oar_scale.runtime.child_process import end_with_parent
 from oar_scale.shard_pool.actor import Actor, ActorOutcome, ShardTask
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _serve(connection: Connection, make_actor: MakeActor) -> None:
     """The main function of a child process. Signals that are sent to a whole process group are for the parent to act on."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     actor = make_actor()
     connection.send(ActorOutcome("placed"))
     connection.send(actor.start())
@@ -235,9 +235,3 @@ def _serve(connection: Connection, make_actor: MakeActor) -> None:
         except EOFError:
             return
         connection.send(actor.run(task, connection.send))
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)

@@ -30,6 +30,7 @@ from oar_scale.results.estimates import estimate
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import device_here
+from oar_scale.runtime.child_process import end_with_parent
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import cond_inputs_of
 from oar_scale.training.job import TrainingJob
@@ -163,6 +164,7 @@ class ShortTraining:
 
 def _train(job: TrainingJob) -> None:
     """Runs in a process of its own, which is the only worker."""
+    end_with_parent()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     from oar_scale.distributed.worker import train
 
