@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Self
 from oar_scale.errors import UserError
 from oar_scale.json_object import parse_object
 from oar_scale.redaction import redact
+from oar_scale.storage.local import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class EventLog:
         """
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", stage):
             raise ValueError(f"stage {stage!r} cannot be part of a file name")
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         self.stage = stage
         self.attempt = next_local(folder, stage) if attempt is None else attempt
         self._lock = threading.Lock()

@@ -29,7 +29,7 @@ from oar_scale.observe.events import EventLog, attempt_path, attempts, next_loca
 from oar_scale.observe.projection import PICTURES, picture_paths
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order, start
-from oar_scale.storage.local import atomic_file
+from oar_scale.storage.local import atomic_file, explained
 from oar_scale.storage.own_folder import no_follow
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,13 @@ def open_log(folder: str, stage: str, root: str, mirror_s: float) -> Iterator[Ev
         folder: local folder of the run's events.
         root: the run's storage.
         mirror_s: seconds between two copies.
+
+    Raises:
+        UserError: no file can be made there.
     """
-    with EventLog(folder, stage, next_attempt(folder, stage, root)) as events:
+    with explained(folder):
+        opened = EventLog(folder, stage, next_attempt(folder, stage, root))
+    with opened as events:
         if not root.startswith("s3://"):
             yield events
             return

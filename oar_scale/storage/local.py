@@ -27,7 +27,7 @@ _REMEDIES = {
     errno.EISDIR: "This is a folder, and a file was expected here.",
     errno.ENAMETOOLONG: "A part of this path has more than 255 bytes: use a shorter name.",
     errno.ELOOP: "A part of this path is a link that leads back to itself: remove it, or use another path.",
-    errno.EEXIST: "A part of this path is a file, not a folder: move that file away, or use another path.",
+    errno.EEXIST: "A part of this path is a file or a link that leads nowhere, not a folder: move that away, or use another path.",
 }
 
 
@@ -36,7 +36,7 @@ class LocalStorage:
 
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Return the bytes ``start`` to ``end`` of a file. Raises Missing, and UserError where the file may not be read."""
-        with _explained(uri), open(uri, "rb") as file:
+        with explained(uri), open(uri, "rb") as file:
             file.seek(start)
             return file.read(-1 if end is None else max(0, end - start))
 
@@ -47,7 +47,7 @@ class LocalStorage:
         if if_absent and os.path.lexists(uri):
             return False
         try:
-            with _explained(uri), atomic_file(uri, replace=not if_absent) as file:
+            with explained(uri), atomic_file(uri, replace=not if_absent) as file:
                 file.write(data)
         except _Taken:
             return False
@@ -64,7 +64,7 @@ class LocalStorage:
     @contextmanager
     def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> Iterator[IO[bytes]]:
         """A file to fill, in the folder of ``uri``, which it is renamed to at the end."""
-        with _explained(uri), atomic_file(uri) as file:
+        with explained(uri), atomic_file(uri) as file:
             yield file
 
     def copy(self, source: str, target: str) -> None:
@@ -72,9 +72,9 @@ class LocalStorage:
         folder, name = os.path.split(target)
         temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            with _explained(target):
-                os.makedirs(folder or ".", exist_ok=True)
-            with _explained(source):
+            with explained(target):
+                make_folder(folder)
+            with explained(source):
                 os.link(source, temporary)
             os.replace(temporary, target)
         except (OSError, UserError) as error:
@@ -106,21 +106,21 @@ class LocalStorage:
     def delete(self, uri: str) -> None:
         """Delete a file; nothing happens if there is none."""
         try:
-            with _explained(uri):
+            with explained(uri):
                 os.unlink(uri)
         except Missing:
             pass  # absent is the requested state
 
     def version(self, uri: str) -> str:
         """Return a text of inode, size and modification time, which a replaced file does not share. Raises Missing."""
-        with _explained(uri):
+        with explained(uri):
             status = os.stat(uri)
         return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
 
     def _replace(self, uri: str, data: bytes, version: str) -> bool:
         """Replace a file that is still of this version. Those who would replace the same one wait for each other at its lock."""
         try:
-            with _explained(uri), open(uri, "rb") as current:
+            with explained(uri), open(uri, "rb") as current:
                 fcntl.flock(current, fcntl.LOCK_EX)
                 return self.version(uri) == version and self.write(uri, data)
         except Missing:
@@ -128,11 +128,20 @@ class LocalStorage:
 
     @staticmethod
     def _copy(source: str, target: str, moved: Callable[[int], object] | None = None) -> None:
-        with _explained(source), open(source, "rb") as reader, _explained(target), atomic_file(target) as writer:
+        with explained(source), open(source, "rb") as reader, explained(target), atomic_file(target) as writer:
             while chunk := reader.read(1 << 20):
                 writer.write(chunk)
                 if moved is not None:
                     moved(len(chunk))
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder to write into, and those above it. Raises OSError, and UserError where its place is not there."""
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+    except FileNotFoundError as error:  # what is to be written is not missing, as explained() would have it
+        why = "a folder on the way to it was deleted, or is a link that leads nowhere (a disk that is not mounted?)"
+        raise UserError(f"{folder or '.'}: this folder cannot be made: {why}. Put that right, or use another path.") from error
 
 
 class _Taken(Exception):
@@ -143,7 +152,7 @@ class _Taken(Exception):
 def atomic_file(path: str, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a file that appears at ``path`` only when the block ends without an error; folders are made as needed."""
     folder, name = os.path.split(path)
-    os.makedirs(folder or ".", exist_ok=True)
+    make_folder(folder)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -182,7 +191,7 @@ def _is_temporary(path: str) -> bool:
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Turn the errors of the file system that a user can fix into one clear error."""
     try:
         yield

@@ -15,6 +15,7 @@ import pytest
 
 from cluster.dev import s3
 from oar_scale.config.schema import Recipe
+from oar_scale.errors import UserError
 from oar_scale.observe import mirror, watch
 from oar_scale.observe.events import EventLog, attempts, read_events
 from oar_scale.observe.mirror import Mirror, next_attempt, open_log, pull, run_id
@@ -272,3 +273,15 @@ def test_a_driver_watches_workers_of_another_host(tmp_path: Path, root: str) -> 
         wait_until(lambda: content(here) == content(there) != {})
         synthetic_run.train(log, 20)
     assert content(here) == content(there)  # the end of the stage brings the rest
+
+
+def test_events_that_cannot_be_written_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: str, *_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with (
+        pytest.raises(UserError, match=r"events: Read-only file system\. .*set run_dir"),
+        open_log(str(tmp_path / "events"), "vq", "", 1.0),
+    ):
+        pass

@@ -322,3 +322,21 @@ def test_a_local_run_never_imports_boto3(tmp_path: Path) -> None:
         f"open_storage('x').write({str(tmp_path / 'x')!r}, b'')\nassert 'boto3' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be_made_is_not_a_missing_file(tmp_path: Path, below: str) -> None:
+    """A link to a disk that is not mounted: what is written is not there yet, and no stage would write it first."""
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "disk")
+    folder = str(tmp_path / "link" / below)
+    uri, source = join(folder, "file"), tmp_path / "source"
+    source.write_bytes(b"x")
+    uses: list[Callable[[], object]] = [
+        lambda: open_storage(uri).write(uri, b"x"),
+        lambda: open_storage(uri).upload(str(source), uri),
+        lambda: open_storage(uri).copy(str(source), uri),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match="a link that leads nowhere") as raised:
+            use()
+        assert folder.rstrip("/") in str(raised.value) and not isinstance(raised.value, Missing)
