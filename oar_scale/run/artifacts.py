@@ -51,9 +51,15 @@ def require(run: Run, uri: str, stage: str) -> str:
     Raises:
         UserError: it is not; names the stage that writes it.
     """
-    if not open_storage(uri).exists(uri):
-        raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first.")
-    return uri
+    if open_storage(uri).exists(uri):
+        return uri
+    marker = run.marker(stage)
+    if open_storage(marker).exists(marker):  # a run skips the stage, and would end here again
+        raise UserError(
+            f"{uri}: missing, although stage {stage}, which writes it, is done. "
+            f"Put it back, or do the stage again: oar run RECIPE --only {stage}"
+        )
+    raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first.")
 
 
 def require_any_order(run: Run) -> None:

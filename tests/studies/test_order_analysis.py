@@ -33,7 +33,7 @@ from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
 from oar_scale.registry import STAGES
 from oar_scale.run.context import Run
-from oar_scale.storage import read_json
+from oar_scale.storage import read_json, write_json
 from oar_scale.studies import compare_extraction as compare
 from oar_scale.studies import order_head
 from oar_scale.studies.compare_extraction import run_compare
@@ -176,6 +176,17 @@ def test_a_head_of_other_orders_than_the_present_is_not_used(run: Run, tmp_path:
 def test_a_head_needs_its_model(run: Run) -> None:
     with pytest.raises(UserError, match=r"control\.safetensors: missing\. The stage control writes it"):
         run_train_head(run, "control")
+
+
+def test_a_file_that_is_gone_of_a_stage_that_is_done_is_made_by_doing_it_again(run: Run) -> None:
+    """``oar run`` alone would skip the stage."""
+    marker = Path(run.marker("control"))
+    write_json(str(marker), {})
+    try:
+        with pytest.raises(UserError, match=r"control\.safetensors: missing, although stage control.* is done.*--only control$"):
+            run_train_head(run, "control")
+    finally:
+        marker.unlink()
 
 
 # -- in training --------------------------------------------------------------------------------------------------------------
