@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,10 @@ def test_random_orders_differ_by_image_and_follow_the_seed() -> None:
 
 def test_stored_orders_are_for_training_only() -> None:
     assert policy("stored").training(run_files("runs/a"), 4) == TrainingOrders(tables="runs/a/orders/train")
-    with pytest.raises(UserError, match=r"order 'stored' belongs to images that are there already.* halton"):
+    with pytest.raises(
+        UserError,
+        match=r"order 'stored' belongs to images that are there already.* halton, locality, mean, order-head, random, raster, spiral\.$",
+    ):
         policy("stored").sampling(request(small_model()))
 
 
@@ -281,8 +285,12 @@ def test_an_order_head_continues_known_cells_in_fewer_passes(tmp_path: Path) -> 
 def test_the_head_of_another_model_is_refused_and_none_is_named(tmp_path: Path) -> None:
     model, file = small_model(), str(tmp_path / "model.safetensors")
     save_model(file, model)
-    with pytest.raises(UserError, match=r"model\.order-head\.safetensors: this model has no order head.*--train-head"):
+    with pytest.raises(
+        UserError, match=r"model\.order-head\.safetensors: this model has no order head.*--train-head --model NAME\), and export"
+    ):
         policy("order-head").sampling(request(model, model_file=file))
+    with pytest.raises(UserError, match=r"has no order head.*--train-head --model gt\.s1$"):  # without the name another model would get one
+        policy("order-head").sampling(replace(request(model, model_file=str(tmp_path / "gt.s1.safetensors")), model_id=lambda: "id"))
     save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, "0123456789abcdef", width=8, first=0)))
     with pytest.raises(UserError, match=f"trained on the rows of model 0123456789abcdef, the model here is {model_id(file)}"):
         policy("order-head").sampling(request(model, model_file=file))

@@ -93,18 +93,20 @@ class Policy:
 
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
         """The orders of training samples. Raises UserError where there are none, or what they rest on is missing."""
-        self._refuse("has no orders to train on", "Extract orders and train on the stored ones, or name a policy that has")
+        able = [name for name in known() if type(policy(name)).training is not Policy.training]
+        self._refuse("has no orders to train on", "Extract orders and train on the stored ones, or name a policy that has", able)
 
     def sampling(self, request: OrderRequest) -> Tensor | LateOrder | None:
         """Orders int64 [B, N] of images to be drawn; None: the model decides. Raises UserError as :meth:`training`."""
-        self._refuse("belongs to images that are there already, not to one that is to be drawn", "Name another policy")
+        able = [name for name in known() if type(policy(name)).sampling is not Policy.sampling]
+        self._refuse("belongs to images that are there already, not to one that is to be drawn", "Name another policy", able)
 
     def check_sampling(self, request: OrderRequest) -> None:
         """Raise UserError where :meth:`sampling` would; what takes long to compute is not computed."""
         self.sampling(request)
 
-    def _refuse(self, why: str, remedy: str) -> NoReturn:
-        raise UserError(f"order {self.name!r} {why}. {remedy}: {', '.join(known())}.")
+    def _refuse(self, why: str, remedy: str, able: list[str]) -> NoReturn:
+        raise UserError(f"order {self.name!r} {why}. {remedy}: {', '.join(able)}.")
 
 
 class GridPolicy(Policy):

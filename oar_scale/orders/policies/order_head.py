@@ -32,8 +32,16 @@ class OrderHeadPolicy(Policy):
             own_id = request.model_id() if request.model_id else model_id(request.model_file)
             head = load_head(uri, request.model, own_id, tables_id(request.files))
         except Missing as error:
-            raise UserError(f"{uri}: this model has no order head. Train one: oar orders RECIPE --train-head") from error
+            raise UserError(f"{uri}: this model has no order head. {_remedy(request.model_file)}") from error
         return LateOrder(head.first_N.expand(request.images, -1), head.order_ahead)
+
+
+def _remedy(model_file: str) -> str:
+    """How a model gets a head. Its own name is part of the command: without one the any-order model would get it."""
+    name = model_file.rpartition("/")[2].removesuffix(".safetensors")
+    if name == "model":
+        return "Train one for the run's model (oar orders RECIPE --train-head --model NAME), and export that again."
+    return f"Train one: oar orders RECIPE --train-head --model {name}"
 
 
 POLICY = OrderHeadPolicy(__name__)
