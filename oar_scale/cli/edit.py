@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from oar_scale.cli.common import Subparsers, count, model_name, seed, share
 from oar_scale.errors import UserError
+
+SHIPPED = "recipes/weights/emoji"
+"""The model where none is given, of a copy of the repository that the command is run in."""
 
 
 def add(verbs: Subparsers) -> None:
@@ -21,8 +25,8 @@ def add(verbs: Subparsers) -> None:
     text = "a mask and the prompt that its white part is drawn from; several are drawn one after the other"
     what.add_argument("--region", action="append", nargs=2, metavar=("FILE", "PROMPT"), help=text)
     verb.add_argument("--prompt", help="what the pictures show; of a model of classes, the label")
-    text = "a run, an exported folder or hf://owner/name; default: %(default)s"
-    verb.add_argument("--model", default="recipes/weights/emoji", metavar="PATH", help=text)
+    text = f"a run, an exported folder or hf://owner/name; default: {SHIPPED}"
+    verb.add_argument("--model", metavar="PATH", help=text)
     verb.add_argument("--which", type=model_name, metavar="NAME", help="model of a run, also an arm's; default: ordered")
     verb.add_argument("--variations", type=count, default=1, metavar="N", help="drawings of each picture; default: %(default)s")
     verb.add_argument("--strength", type=share, default=1.0, metavar="S", help="share of what is marked that is drawn; default: all")
@@ -52,6 +56,9 @@ def _edit(arguments: argparse.Namespace) -> None:
         raise UserError("--prompt is required, but with --region FILE PROMPT, where each region has its own")
     if arguments.expand and arguments.strength < 1:
         raise UserError(f"--strength {arguments.strength:g} means nothing with --expand, whose margins are drawn as a whole: leave it out")
+    if arguments.model is None and not os.path.isdir(SHIPPED):
+        raise UserError(f"--model is required here: {SHIPPED}, the model without it, is not in this folder ({os.getcwd()})")
+    arguments.model = arguments.model or SHIPPED
     chosen = {name: value for name, value in vars(arguments).items() if name != "run"}
     chosen["expand"] = arguments.expand and Margins(**arguments.expand)
     edit_files(EditRequest(**chosen), say=print)

@@ -263,3 +263,11 @@ def test_a_box_that_is_none_and_two_marks_are_usage_errors(run: str, pictures: P
         with pytest.raises(SystemExit) as ended:
             edit(run, *arguments)
         assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_another_folder_than_the_repository_has_no_model_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["edit", "cat.png", "--box", "0,0,8,8", "--prompt", "a cat"]) == 2
+    assert "error: --model is required here" in capsys.readouterr().err
