@@ -40,7 +40,7 @@ def _train_head(run: Run, model: ModelName) -> HeadReport:
     data, uri = _data(run, model)
     config = run.recipe.order_head
     started = time.monotonic()
-    with reporting_failure(run.events, EVENTS, run.recipe, run.at()), run.log(EVENTS) as log:
+    with run.log(EVENTS) as log, reporting_failure(run.events, EVENTS, run.recipe, run.at()):
         with run.console.progress(config.steps, "steps") as tally:
 
             def on_step(step: int, loss: float) -> None:
