@@ -10,7 +10,6 @@ The stages themselves are listed in ``oar_scale.registry``.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -32,7 +31,7 @@ from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.run.drivers import Drivers
 from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
 from oar_scale.runtime.stop_signals import Deadline, StopSignals
-from oar_scale.storage import Missing, join, open_storage, read_json, write_json
+from oar_scale.storage import Missing, absolute, join, open_storage, read_json, write_json
 from oar_scale.storage.patience import patient
 from oar_scale.text import shown
 
@@ -329,7 +328,7 @@ def _run_identity(run: Run) -> JsonObject:
 
 def _absolute(root: str | None) -> str | None:
     """A storage as whoever works in another folder names it: jobs get absolute paths."""
-    return root if root is None or "://" in root else os.path.abspath(root)
+    return root and absolute(root)
 
 
 def _require(run: Run, stage: Stage) -> None:

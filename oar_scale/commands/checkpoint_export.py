@@ -6,7 +6,6 @@ another project (RandAR, LlamaGen, ARPG, LPD, MaskGIT) opens.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from oar_scale.commands.peer_formats import TOKENIZERS, TRUNKS, model_family, require_unused
@@ -22,7 +21,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec, load_model
 from oar_scale.model.peer_weights import Family, export_peer
 from oar_scale.model.spec import TextSpec
 from oar_scale.model.weights import SHARD_BYTES, save_tensors
-from oar_scale.storage import join, open_storage
+from oar_scale.storage import absolute, join, open_storage
 from oar_scale.storage.folders import new_folder
 from oar_scale.tokenizers.peer_files import SAFE, Wrapping, write_peer_file
 from oar_scale.tokenizers.prompts import TEXT_FILE
@@ -105,8 +104,7 @@ def _bundle(source: str, name: str | None, average: bool) -> ModelBundle:
 
 def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
     """The bundle of the run that ``ROOT/checkpoints/STAGE/step-N`` belongs to, as far as the storage shows it."""
-    location = checkpoint if checkpoint.startswith("s3://") else os.path.abspath(checkpoint)
-    root, _, stage, _ = location.rstrip("/").rsplit("/", 3)
+    root, _, stage, _ = absolute(checkpoint).rstrip("/").rsplit("/", 3)
     recipe, vq, text = join(root, RECIPE), join(root, "tokenizers", VQ), join(root, "tokenizers", TEXT_FILE)
     storage = open_storage(checkpoint)
     if storage.exists(recipe):

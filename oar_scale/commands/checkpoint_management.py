@@ -30,7 +30,7 @@ from oar_scale.errors import Unreachable, UserError
 from oar_scale.generation.model_bundle import RECIPE
 from oar_scale.run.context import Run
 from oar_scale.runtime.tables import text_table
-from oar_scale.storage import join, open_storage
+from oar_scale.storage import absolute, join, open_storage
 from oar_scale.storage.background import in_order
 from oar_scale.text import cut
 
@@ -128,10 +128,9 @@ def find_checkpoint_root(where: str) -> CheckpointRoot:
         recipe = load_recipe(where)
         return CheckpointRoot(Run(recipe).at("checkpoints"), recipe)
     if not open_storage(where).exists(join(where, RECIPE)):
-        return CheckpointRoot(where if where.startswith("s3://") else os.path.abspath(where), None)
+        return CheckpointRoot(absolute(where), None)
     recipe = load_recipe(join(where, RECIPE))
-    root = recipe.storage.root or where
-    return CheckpointRoot(join(root if root.startswith("s3://") else os.path.abspath(root), "checkpoints"), recipe)
+    return CheckpointRoot(join(absolute(recipe.storage.root or where), "checkpoints"), recipe)
 
 
 def _locations(where: str) -> tuple[CheckpointRoot, list[CheckpointLocation]]:

@@ -18,7 +18,7 @@ from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
 from oar_scale.registry import STAGES
 from oar_scale.shard_pool.pool_types import ArrayTask
-from oar_scale.storage import join
+from oar_scale.storage import absolute, join
 
 ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
 OTHER_LAYOUT = "Choose model.layout grouped, decoupled, instructed or dual for orders of images."
@@ -39,8 +39,7 @@ class Run:
 
     def at(self, *names: str) -> str:
         """A folder or object in the run's storage, absolute where it is a path."""
-        root = self.recipe.root
-        return join(root if root.startswith("s3://") else os.path.abspath(root), *names)
+        return join(absolute(self.recipe.root), *names)
 
     def local(self, *names: str) -> str:
         """A path in the run's local folder."""
