@@ -270,8 +270,10 @@ def check_run_dir(run: Run) -> None:
     difference = next(_differences(there, _run_identity(run)), None)
     if difference is not None and _left_something(run, there):
         field, then, now = difference
+        section, dot, rest = field.partition(".")
+        key = {"source": "data.source", "storage_root": "storage.root"}.get(section, section) + dot + rest  # as the recipe calls it
         raise UserError(
-            f"{run.local()}: this folder belongs to another run: {field} was {shown(then)}, the recipe says {shown(now)}.\n"
+            f"{run.local()}: this folder belongs to another run: {key} was {shown(then)}, the recipe says {shown(now)}.\n"
             "Choose another folder with -o run_dir=..., or delete this one."
         )
 

@@ -41,7 +41,7 @@ def test_a_typing_error_and_then_the_right_path(recipe: str, capsys: pytest.Capt
     assert json.loads(Path("runs/mine/run.json").read_text())["source"]["path"] == "in"
     assert main(["prepare", recipe, "-o", "data.source.path=other"]) == 2
     error = capsys.readouterr().err
-    assert "this folder belongs to another run: source.path was 'in', the recipe says 'other'." in error
+    assert "this folder belongs to another run: data.source.path was 'in', the recipe says 'other'." in error
 
 
 def test_labels_that_a_model_does_not_have_end_the_first_stage(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

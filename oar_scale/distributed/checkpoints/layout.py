@@ -62,7 +62,7 @@ class NotCommitted(DamagedCheckpoint):
     """A step has no commit marker."""
 
     def __init__(self) -> None:
-        super().__init__("is not committed: it is being written, or was interrupted")
+        super().__init__("is not committed: it is not there, is being written, or was interrupted")
 
 
 @dataclass(frozen=True)
