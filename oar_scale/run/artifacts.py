@@ -56,7 +56,7 @@ def require(run: Run, uri: str, stage: str) -> str:
     marker = run.marker(stage)
     if open_storage(marker).exists(marker):  # a run skips the stage, and would end here again
         raise UserError(
-            f"{uri}: missing, although stage {stage}, which writes it, is done. "
+            f"{uri}: missing, although the stage {stage} has written it and is done. "
             f"Put it back, or do the stage again: oar run RECIPE --only {stage}"
         )
     raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first.")

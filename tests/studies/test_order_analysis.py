@@ -183,7 +183,7 @@ def test_a_file_that_is_gone_of_a_stage_that_is_done_is_made_by_doing_it_again(r
     marker = Path(run.marker("control"))
     write_json(str(marker), {})
     try:
-        with pytest.raises(UserError, match=r"control\.safetensors: missing, although stage control.* is done.*--only control$"):
+        with pytest.raises(UserError, match=r"control\.safetensors: missing, although the stage control .* is done.*--only control$"):
             run_train_head(run, "control")
     finally:
         marker.unlink()
