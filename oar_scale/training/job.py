@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from oar_scale.config.arms import FROM_EXTRACTION
@@ -12,8 +12,8 @@ from oar_scale.config.section import changeable_fields, limit_fields, operationa
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
+from oar_scale.orders.head import tables_id
 from oar_scale.orders.order_files import run_files
-from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.registry import STAGES, kind_of
 from oar_scale.storage import join
 
@@ -59,9 +59,8 @@ class TrainingJob:
         worker when it starts: they may have been predicted anew since the last attempt."""
         if self.kind != "finetune" or self.training.order != "order-head":
             return None
-        predicted = run_files(self.root, self.orders).predicted
-        assert predicted is not None
-        return read_orders(join(predicted, table_name(read_manifest(join(self.root, "tokens", "train")).shards[0].name))).settings_id
+        files = run_files(self.root, self.orders)
+        return tables_id(replace(files, tables=files.predicted))
 
     @property
     def checkpoints(self) -> str:
